@@ -1,6 +1,5 @@
 """status, verify, unlock, clean, release, states, serve, experiment: keep a workspace and its server running."""
 
-import signal
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -357,39 +356,34 @@ def serve(call: Call, config: ServeConfig) -> CommandOutput:
     cluster/serve.yaml.
     """
     from rayrec.recommend.index import require_one_faiss
-    from rayrec.serving.run import require_startable, running, wait_for_interrupt
+    from rayrec.serving.run import require_startable, running, stop_requests, wait_for_stop
 
-    signal.signal(signal.SIGTERM, _interrupt)
     data: dict[str, Any] = {"url": None, "workspace": call.workspace.uri, "release": None}
-    try:
-        require_one_faiss()
-        require_startable(config)  # before the states are loaded, which may take long
-        for release in config.experiment.releases if config.experiment else ():
-            load_manifest(call.workspace, releases.KIND, release)  # fails here, before the start, if it does not exist
-        live = _load_missing_states(call, config.store)
-        data["release"] = live.id
-        note(f"Live release {live.id}: model {live.inputs['models']}, data set {live.inputs['dataset']}")
-        with running(call.workspace, config) as url:
-            data["url"] = url
-            note(f"Serving at {url} (Ctrl-C stops it)")  # short: programs look for the URL in one line
-            with suppress(KeyboardInterrupt):  # requests in progress are finished when the block ends
-                wait_for_interrupt(config.host)
+    with stop_requests() as check_stop:
+        try:
+            require_one_faiss()
+            require_startable(config)  # before the states are loaded, which may take long
+            for release in config.experiment.releases if config.experiment else ():
+                load_manifest(call.workspace, releases.KIND, release)  # fails before the start if it does not exist
+            live = _load_missing_states(call, config.store, check_stop)
+            data["release"] = live.id
+            note(f"Live release {live.id}: model {live.inputs['models']}, data set {live.inputs['dataset']}")
+            with running(call.workspace, config, check_stop) as url:
+                data["url"] = url
+                note(f"Serving at {url} (Ctrl-C stops it)")  # short: programs look for the URL in one line
+                with suppress(KeyboardInterrupt):  # requests in progress are finished when the block ends
+                    wait_for_stop(config.host, check_stop)
+                note("Stopping")
+        except KeyboardInterrupt:  # during the start
             note("Stopping")
-    except KeyboardInterrupt:  # during the start
-        note("Stopping")
     return CommandOutput(data, ["Stopped."])
 
 
-def _interrupt(*_: object) -> None:
-    """Stop as after Ctrl-C; another SIGTERM does not interrupt the stop."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    raise KeyboardInterrupt
-
-
-def _load_missing_states(call: Call, store: str | None) -> Manifest:
+def _load_missing_states(call: Call, store: str | None, check_stop: Callable[[], None]) -> Manifest:
     """Load the user states of the live release if the store lacks them, and return the release.
 
-    Raises `NotFoundError` if no release is live.
+    `check_stop` is called after each bucket of users, and may raise an exception to stop the load. Raises
+    `NotFoundError` if no release is live.
     """
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
@@ -403,7 +397,8 @@ def _load_missing_states(call: Call, store: str | None) -> Manifest:
     with closing(open_store(store_uri(call.workspace, store), dataset.lineage)) as opened_store:
         if len(opened_store.loaded(release.inputs["tastes"])) < dataset.manifest.buckets:
             note(f"Loading the users' states of release {release.id} into the store")
-            note(f"{load_states(dataset, opened_store, release).users:,} users loaded")
+            load_counts = load_states(dataset, opened_store, release, after_bucket=check_stop)
+            note(f"{load_counts.users:,} users loaded")
     return release
 
 

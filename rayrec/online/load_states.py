@@ -8,10 +8,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from typing import Any
@@ -81,16 +81,23 @@ class LoadResult:
 
 
 def load_states(
-    dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False, processes: int | None = None
+    dataset: Dataset,
+    store: StateStore,
+    release: Manifest,
+    *,
+    repeat: bool = False,
+    processes: int | None = None,
+    after_bucket: Callable[[], None] = lambda: None,
 ) -> LoadResult:
     """Load the user states of a release, and the plays they were computed from, into a store.
 
     Returns the result of all buckets, including those that earlier calls have loaded. The store records each bucket
     that is done, and later calls skip it unless `repeat` is true. Plays in the store that are newer than the batch's
     are kept, and so are the states of other releases; the release need not be live. `processes` is the number of
-    buckets that are loaded in parallel: by default 1 for few users, otherwise the number of CPUs, at most 8. Raises
-    `MismatchError` if the workspace's data set does not descend from the release's, and `DamagedArtifactError` for
-    tastes that do not match their checksums.
+    buckets that are loaded in parallel: by default 1 for few users, otherwise the number of CPUs, at most 8.
+    `after_bucket` is called after each bucket, and may raise an exception to stop the load. Raises `MismatchError` if
+    the workspace's data set does not descend from the release's, and `DamagedArtifactError` for tastes that do not
+    match their checksums.
     """
     tastes = artifacts.load_manifest(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
@@ -108,16 +115,18 @@ def load_states(
         processes = 1 if has_few_users else min(os.cpu_count() or 1, MOST_PROCESSES)
     with progress("User states", buckets) as bar:
         bar.advance(len(results))
-        for bucket, result in _load_all(dataset, store, tastes, remaining, min(processes, len(remaining))):
-            results[bucket] = result
-            store.mark_loaded(tastes.id, bucket, json.dumps(asdict(result)))
-            bar.advance()
+        with closing(_load_all(dataset, store, tastes, remaining, min(processes, len(remaining)))) as loaded_buckets:
+            for bucket, result in loaded_buckets:
+                results[bucket] = result
+                store.mark_loaded(tastes.id, bucket, json.dumps(asdict(result)))
+                bar.advance()
+                after_bucket()
     return sum((results[bucket] for bucket in range(buckets)), LoadResult())  # in a fixed order, since floats are added
 
 
 def _load_all(
     dataset: Dataset, store: StateStore, tastes: Manifest, buckets: Iterable[int], processes: int
-) -> Iterator[tuple[int, LoadResult]]:
+) -> Generator[tuple[int, LoadResult], None, None]:
     """Yield each bucket and its result when it is done. Raises `RayrecError` if a process is killed."""
     if processes <= 1:
         with ThreadPoolExecutor(max_workers=1) as writer:

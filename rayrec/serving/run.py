@@ -12,12 +12,14 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import chain, repeat
 from pathlib import Path
 from random import SystemRandom
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 import psutil
 
@@ -42,6 +44,8 @@ PORTS = range(20_000, 30_000)
 DRAIN_SECONDS = 2  # minimum time that Serve waits before it ends a replica
 REQUEST_SECONDS = 30  # maximum time for requests in progress when the application ends
 SETTLE_SECONDS = 3.0  # time after which an open port is an error: some sockets are open only for a moment
+POLL_SECONDS = 0.1  # between calls of `check_stop` while waiting
+HANDLER_SECONDS = 0.01  # while Ray starts: its C++ code sets a handler of SIGTERM that aborts, until ours is set again
 CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last value repeats
 # Settings of Serve. The image for clusters (cluster/Dockerfile) has the same settings; a test compares them.
 SERVE_SETTINGS = {
@@ -62,20 +66,48 @@ SERVE_SETTINGS = {
 
 
 @contextmanager
-def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
+def stop_requests() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM end the block, but only where it calls the function that this yields.
+
+    That function raises `KeyboardInterrupt` once a signal has come. A handler that raises it itself does so at any
+    point: an import may swallow it, so that the process never stops, and a C library may crash. Only a second SIGINT
+    (Ctrl-C) raises it at once. Ignored signals stay ignored. Must be called in the main thread.
+    """
+    requests: list[int] = []
+
+    def note_request(signal_number: int, frame: FrameType | None) -> None:
+        if signal_number == signal.SIGINT and requests:
+            raise KeyboardInterrupt
+        requests.append(signal_number)
+
+    def check_stop() -> None:
+        if requests:
+            raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    earlier_handlers = {number: signal.signal(number, note_request) for number in numbers}
+    try:
+        yield check_stop
+    finally:
+        for number, handler in earlier_handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def running(workspace: Workspace, config: ServeConfig, check_stop: Callable[[], None] = lambda: None) -> Iterator[str]:
     """Run the application until the block ends; `with running(...) as url` gives its URL.
 
-    Must be called in the main thread. The caller's handler of SIGTERM stays in place, but while Ray starts, SIGTERM
-    raises `KeyboardInterrupt`. Raises `InputError` as `require_startable` does, or if the path of the folder for
-    temporary files is too long. Raises `RayrecError` if Ray or Serve cannot start the application, or if it should be
-    for this machine only and a port is open to other machines.
+    Must be called in the main thread. `check_stop` is called between the steps of the start and may raise an exception
+    to end it, as that of `stop_requests` does. Raises `InputError` as `require_startable` does, or if the path of the
+    folder for temporary files is too long. Raises `RayrecError` if Ray or Serve cannot start the application, or if it
+    should be for this machine only and a port is open to other machines.
     """
     require_startable(config)
     config = config.replace(port=config.port or free_ports(1)[0])
     folder = _create_haproxy_folder()
     try:
         os.environ.update(environment(config, folder))
-        with _run_application(workspace, config, folder):
+        with _run_application(workspace, config, folder, check_stop):
             if is_loopback(config.host):
                 require_loopback()
             yield f"http://{config.host}:{config.port}"
@@ -203,20 +235,25 @@ def require_loopback(pid: int | None = None) -> None:
         time.sleep(0.2)
 
 
-def wait_for_interrupt(host: str) -> NoReturn:
-    """Wait until `KeyboardInterrupt`. If `host` is loopback, check the ports with `require_loopback` repeatedly.
+def wait_for_stop(host: str, check_stop: Callable[[], None]) -> NoReturn:
+    """Wait until `check_stop` raises an exception. If `host` is loopback, check the ports repeatedly in the meantime.
 
     Ray processes that start late, or restart, open ports too. Raises `RayrecError` if a port stays open.
     """
     pauses = chain(CHECK_SECONDS, repeat(CHECK_SECONDS[-1]))
     while True:
-        time.sleep(next(pauses))
+        deadline = time.monotonic() + next(pauses)
+        while (seconds := deadline - time.monotonic()) > 0:
+            check_stop()
+            time.sleep(min(seconds, POLL_SECONDS))
         if is_loopback(host):
             require_loopback()
 
 
 @contextmanager
-def _run_application(workspace: Workspace, config: ServeConfig, folder: Path) -> Iterator[None]:
+def _run_application(
+    workspace: Workspace, config: ServeConfig, folder: Path, check_stop: Callable[[], None]
+) -> Iterator[None]:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -230,26 +267,52 @@ def _run_application(workspace: Workspace, config: ServeConfig, folder: Path) ->
     # Reserved CPUs are for the scheduler of a cluster; here all replicas share the CPUs of the machine.
     reserved_cpus = config.cpus * max(config.replicas, config.max_replicas)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved_cpus))
-    ray_options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    sigterm_handler = signal.getsignal(signal.SIGTERM)
-    try:
+    arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
+    check_stop()
+    # Ray starts in another thread, so that it does not replace the handler of SIGTERM by one that raises `SystemExit`
+    # at any point. Linux ends the processes that Ray starts when that thread ends.
+    with ThreadPoolExecutor(1) as ray_thread:
         try:
-            ray.init(**ray_options, logging_level=logging.ERROR, log_to_driver=False)
-        except SystemExit as error:  # from the SIGTERM handler that Ray sets first
-            raise KeyboardInterrupt from error
-        except Exception as error:
-            raise ray_not_started(error) from error
+            _start_ray(ray_thread, address="local", num_cpus=cpus, include_dashboard=False)
+            check_stop()
+            serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
+            check_stop()
+            target = serve.RunTarget(build(arguments), name=NAME, logging_config=logging_config)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            _wait_until_running(check_stop)
+            yield
+            finish_requests(folder, REQUEST_SECONDS)
         finally:
-            signal.signal(signal.SIGTERM, sigterm_handler)  # the handler that Ray leaves dumps the stack and aborts
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
-        arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
-        serve.run(build(arguments), name=NAME, logging_config=logging_config)
-        yield
-        finish_requests(folder, REQUEST_SECONDS)
-    finally:
-        # Ray prints on stdout that the controller has ended, and sometimes raises it as an error.
-        with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
-            if ray.is_initialized():  # otherwise Serve would start Ray
-                with suppress(RayError):
-                    serve.shutdown()
-            ray.shutdown()
+            # Ray prints on stdout that the controller has ended, and sometimes raises it as an error.
+            with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
+                if ray.is_initialized():  # otherwise Serve would start Ray
+                    with suppress(RayError):
+                        serve.shutdown()
+                ray.shutdown()
+
+
+def _start_ray(ray_thread: ThreadPoolExecutor, **options: Any) -> None:
+    """Start Ray in a thread. Raises `RayrecError` if it does not start."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    future = ray_thread.submit(ray.init, **options, logging_level=logging.ERROR, log_to_driver=False)
+    while wait([future], timeout=HANDLER_SECONDS).not_done:
+        signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        future.result()
+    except Exception as error:
+        raise ray_not_started(error) from error
+
+
+def _wait_until_running(check_stop: Callable[[], None]) -> None:
+    """Wait until the application runs. Raises `RayrecError` if Serve cannot start it."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while (application := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RayrecError(f"the application did not start: {application.message}")
+        check_stop()
+        time.sleep(POLL_SECONDS)

@@ -244,6 +244,20 @@ def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
     assert (reloaded.added, reloaded.unchanged) == (0, users)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_caller_stops_a_load_after_a_bucket_which_then_counts_as_loaded(
+    world: Workspace, store: StateStore, processes: int
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_states(Dataset(world), store, live_release(world), processes=processes, after_bucket=stop)
+    assert len(store.loaded("tastes1")) == 1
+    load_states(Dataset(world), store, live_release(world))
+    assert store.loaded("tastes1").keys() == set(range(BUCKETS))
+
+
 def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
     world: Workspace, store: StateStore, uri: str
 ) -> None:

@@ -1,6 +1,7 @@
 """Settings and checks of the local application: HAProxy's files, ports, loopback, and the start of Ray."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -24,7 +25,8 @@ from rayrec.serving.run import (
     require_free,
     require_loopback,
     running,
-    wait_for_interrupt,
+    stop_requests,
+    wait_for_stop,
 )
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.storage.workspace import Workspace
@@ -129,9 +131,42 @@ def test_a_port_that_opens_while_the_application_runs_ends_it(monkeypatch: pytes
         [sys.executable, "-c", SERVER, "0.0.0.0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         with pytest.raises(RayrecError, match=r"0.0.0.0 port \d+ \(python"):
-            wait_for_interrupt("127.0.0.1")
+            wait_for_stop("127.0.0.1", lambda: None)
         assert next(checks) > 5
         process.communicate("\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_server_only_where_it_asks(number: signal.Signals) -> None:
+    """An exception in the middle of an import may be swallowed, and then the server never stops."""
+    with stop_requests() as check_stop:
+        check_stop()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                check_stop()
+
+
+def test_a_second_interrupt_raises_at_once() -> None:
+    with stop_requests():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stop_requests_leaves_ignored_signals_and_earlier_handlers() -> None:
+    """A shell without job control starts background processes with SIGINT ignored."""
+    earlier_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requests() as check_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            check_stop()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == earlier_handlers[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, earlier_handlers[signal.SIGINT])
 
 
 def test_loopback_is_told_from_other_addresses() -> None:
