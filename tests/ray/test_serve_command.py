@@ -47,7 +47,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def test_every_port_is_on_loopback(served: Served) -> None:
-    httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
+    httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ), timeout=60).raise_for_status()
     ray_processes = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
     names = {"haproxy", *ray_processes, "ServeReplica:rayrec:recommendations"}
     for _ in range(60):  # Ray's agents may still be starting when the application answers
@@ -98,13 +98,18 @@ def is_loopback(address: str) -> bool:
 
 
 def test_behind_haproxy_requests_are_answered_and_errors_are_problems(served: Served) -> None:
-    answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ))
+    answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ), timeout=60)
     assert (answer.status_code, len(answer.json()["songs"])) == (200, 5)
     for response, status in (
-        (httpx.post(f"{served.url}/v1/recommendations", content=b"{", headers=with_key(READ)), 415),
-        (httpx.post(f"{served.url}/v1/recommendations", content=b"x" * 5_000_000, headers=with_key(READ)), 413),
-        (httpx.get(f"{served.url}/v1/nothing", headers=with_key(READ)), 404),
-        (httpx.get(f"{served.url}/v1/release"), 401),
+        (httpx.post(f"{served.url}/v1/recommendations", content=b"{", headers=with_key(READ), timeout=60), 415),
+        (
+            httpx.post(
+                f"{served.url}/v1/recommendations", content=b"x" * 5_000_000, headers=with_key(READ), timeout=60
+            ),
+            413,
+        ),
+        (httpx.get(f"{served.url}/v1/nothing", headers=with_key(READ), timeout=60), 404),
+        (httpx.get(f"{served.url}/v1/release", timeout=60), 401),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
 
@@ -125,7 +130,9 @@ def test_behind_haproxy_songs_and_users_have_any_ids(served: Served) -> None:
 def test_the_users_of_the_release_are_known_at_once(served: Served) -> None:
     histories = next(Dataset(served.workspace).read_all())
     for user, plays in zip(histories.user_ids.tolist()[:3], histories.lengths.tolist(), strict=False):
-        answer = httpx.post(f"{served.url}/v1/recommendations", json={"user_id": user}, headers=with_key(READ)).json()
+        answer = httpx.post(
+            f"{served.url}/v1/recommendations", json={"user_id": user}, headers=with_key(READ), timeout=60
+        ).json()
         assert answer["plays"] == plays
 
 
@@ -138,8 +145,8 @@ def test_the_port_of_a_replica_answers_nothing_without_a_key(served: Served) -> 
         except httpx.HTTPError:
             continue  # a port of Ray's own, which does not speak HTTP
         statuses.append(response.status_code)
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/recommendations", json=BODY).status_code == 401
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/release", headers=with_key(READ)).status_code == 200
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/recommendations", json=BODY, timeout=60).status_code == 401
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/release", headers=with_key(READ), timeout=60).status_code == 200
     assert statuses == [401]
 
 
@@ -148,7 +155,7 @@ def test_a_release_is_activated_and_rolled_back_while_the_server_runs(served: Se
     for arguments, live_id in ((("activate", second_id), second_id), (("rollback",), first_id)):
         process = run(served.workspace, "release", *arguments, "--wait", "--url", served.url, key=ADMIN)
         assert process.wait(120) == 0, process.stderr and process.stderr.read()
-        answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ)).json()
+        answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ), timeout=60).json()
         assert answer["release"] == live_id
     refused_process = run(
         served.workspace, "release", "activate", second_id, "--url", served.url, key="wrong-0123456789"
@@ -168,7 +175,7 @@ def test_running_requests_are_answered_before_the_server_ends_cleanly(by: str, t
     write_release(workspace)
     # Longer work than the time after which Serve replaces a stopping HAProxy.
     body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100}
-    with started(workspace) as server, httpx.Client(headers=with_key(READ)) as client:  # stays connected
+    with started(workspace) as server, httpx.Client(headers=with_key(READ), timeout=60) as client:  # stays connected
         client.post(f"{server.url}/v1/recommendations", json=BODY).raise_for_status()
         answers: list[httpx.Response] = []
         url = f"{server.url}/v1/recommendations/batch"

@@ -30,6 +30,8 @@ def test_plays_survive_the_kill_of_a_replica_and_of_the_proxy(tmp_path: Path) ->
 
         send_all([served.url], kill_processes, with_key(ADMIN))
         for user in USERS:
-            taste = httpx.get(f"{served.url}/v1/users/{user}/taste", params={"at": AT}, headers=with_key(ADMIN)).json()
+            taste = httpx.get(
+                f"{served.url}/v1/users/{user}/taste", params={"at": AT}, headers=with_key(ADMIN), timeout=60
+            ).json()
             assert (taste["plays"], taste["rejected"]) == (PLAYS // len(USERS), 0)
     require_each_play_once(world, store)

@@ -35,7 +35,7 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
     scores = recommender.score(history, Queries.at_end(history, AT), horizon)
     rows, best_scores = top_k(scores, 50)
     body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
-    answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+    answer = httpx.post(f"{url}/v1/recommendations", json=body, timeout=60).json()
     assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
     np.testing.assert_allclose([song["score"] for song in answer["songs"]], best_scores[0], rtol=1e-4)
 
@@ -60,17 +60,17 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
             for song, played_at in zip(histories.songs[user_span], histories.played_at[user_span], strict=True)
         ]
         body = {"history": history, "at": int(at), "k": NUM_SONGS, "horizon": horizon, "exclude_heard": False}
-        answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+        answer = httpx.post(f"{url}/v1/recommendations", json=body, timeout=60).json()
         ranks.append(1 + [entry["song_id"] for entry in answer["songs"]].index(f"song-{song}"))
     assert ranks == expected.ranks["next"].tolist()
 
 
 def test_errors_are_problems_through_serve_too(url: str) -> None:
     for response, status in (
-        (httpx.get(f"{url}/v1/nothing"), 404),
-        (httpx.get(f"{url}/v1/recommendations"), 405),
-        (httpx.post(f"{url}/v1/recommendations", content=b"{"), 415),
-        (httpx.post(f"{url}/v1/recommendations", json={"history": [], "k": 0}), 422),
+        (httpx.get(f"{url}/v1/nothing", timeout=60), 404),
+        (httpx.get(f"{url}/v1/recommendations", timeout=60), 405),
+        (httpx.post(f"{url}/v1/recommendations", content=b"{", timeout=60), 415),
+        (httpx.post(f"{url}/v1/recommendations", json={"history": [], "k": 0}, timeout=60), 422),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
         assert response.json()["status"] == status

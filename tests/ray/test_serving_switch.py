@@ -150,15 +150,15 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
     finally:
         damage(world, release_ids["model3"])  # flips the same bit, which repairs the file
     assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, active_before)}
-    assert httpx.get(f"{url}/v1/release").json()["activated"] == active_before
+    assert httpx.get(f"{url}/v1/release", timeout=60).json()["activated"] == active_before
 
 
 def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:
     body = {"requests": [{**BODY, "artists": ["Artist 1"]}] * 3}
     texts = []
     for _ in range(20):  # two replicas take turns in answering
-        assert httpx.post(f"{url}/v1/recommendations/batch", json=body).status_code == 200
-        texts.append(httpx.get(f"{url}/metrics").text)
+        assert httpx.post(f"{url}/v1/recommendations/batch", json=body, timeout=60).status_code == 200
+        texts.append(httpx.get(f"{url}/metrics", timeout=60).text)
     for pattern in (
         *(
             rf'rayrec_stage_seconds_count\{{.*stage="{name}"\}} \d'

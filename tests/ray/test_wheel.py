@@ -56,6 +56,8 @@ def test_the_wheel_alone_runs_the_demo_and_serves_it(tmp_path: Path) -> None:
     assert "two-step" in run(rayrec, "--workspace", "demo", "demo")
     with running_server(rayrec, tmp_path, environment) as url:
         body = {"history": ["song-3", "song-50"], "k": 5}
-        answer = httpx.post(f"{url}/v1/recommendations", json=body, headers={"Authorization": f"Bearer {KEY}"})
+        answer = httpx.post(
+            f"{url}/v1/recommendations", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+        )
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["songs"]) == 5

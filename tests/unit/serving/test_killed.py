@@ -41,7 +41,7 @@ class Replica:
         deadline = time.monotonic() + 300
         while True:
             try:
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
