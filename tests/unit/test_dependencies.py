@@ -3,8 +3,9 @@
 import ast
 import re
 import sys
+import sysconfig
 from collections.abc import Iterable
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,14 @@ def test_every_declared_package_is_pinned_within_its_bounds(python: str) -> None
             assert name == "rayrec" or versions[name] in requirement.specifier, name
 
 
+def installed_distributions() -> list[Distribution]:
+    """Return what is installed here, without the copies of packages that setuptools finds once a test imports it."""
+    return list(distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
+
+
 def installed_closure() -> set[str]:
     """Return the canonical names of what is installed here of the dependencies, with all extras, and of theirs."""
-    installed = {canonicalize_name(distribution.name): distribution for distribution in distributions()}
+    installed = {canonicalize_name(distribution.name): distribution for distribution in installed_distributions()}
     extras = PROJECT["optional-dependencies"].values()
     waiting = [Requirement(text) for texts in (PROJECT["dependencies"], *extras) for text in texts]
     visited: set[tuple[str, str]] = set()  # a distribution and one of its extras, or ""
@@ -138,7 +144,7 @@ def test_the_pins_of_a_python_are_versions_that_run_on_it() -> None:
     """Read in the metadata of what is installed here: a pin that an older Python shares must allow that Python."""
     installed = {
         (canonicalize_name(distribution.name), distribution.version): distribution.metadata["Requires-Python"] or ""
-        for distribution in distributions()
+        for distribution in installed_distributions()
     }
     problems = [
         f"{name} {version} is pinned for Python {python}, but needs {installed[name, version]}"

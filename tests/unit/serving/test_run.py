@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,27 @@ def test_a_port_that_opens_while_the_application_runs_ends_it(monkeypatch: pytes
         process.communicate("\n")
 
 
+@pytest.fixture
+def enabled_interrupts() -> Iterator[None]:
+    """Let SIGINT raise `KeyboardInterrupt`: it is ignored if the tests run in the background of a shell."""
+    earlier_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier_handler)
+
+
+@pytest.mark.usefixtures("enabled_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_server_only_where_it_asks(number: signal.Signals) -> None:
     """An exception in the middle of an import may be swallowed, and then the server never stops."""
     with stop_requests() as check_stop:
         check_stop()
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 check_stop()
 
 
+@pytest.mark.usefixtures("enabled_interrupts")
 def test_a_second_interrupt_raises_at_once() -> None:
     with stop_requests():
         os.kill(os.getpid(), signal.SIGINT)
@@ -155,18 +165,17 @@ def test_a_second_interrupt_raises_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("enabled_interrupts")
 def test_stop_requests_leaves_ignored_signals_and_earlier_handlers() -> None:
     """A shell without job control starts background processes with SIGINT ignored."""
-    earlier_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier_handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with stop_requests() as check_stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            check_stop()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) == earlier_handlers[signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGINT, earlier_handlers[signal.SIGINT])
+    with stop_requests() as check_stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        check_stop()
+        assert signal.getsignal(signal.SIGTERM) != earlier_handler
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == earlier_handler
 
 
 def test_loopback_is_told_from_other_addresses() -> None:
